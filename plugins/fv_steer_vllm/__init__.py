@@ -1,0 +1,1 @@
+"""vLLM plugin of fv-steer. The entry point is `register:register`."""
