@@ -10,8 +10,9 @@ CONFIG_KEY = "fv_steer"
 REQUEST_KEY = "fv_steer"
 
 
-def vllm_config(packs: dict[str, str], *, default: str | None = None, max_packs: int | None = None,
-                ignore_fingerprint: bool = False) -> dict[str, Any]:
+def vllm_config(
+    packs: dict[str, str], *, default: str | None = None, max_packs: int | None = None, ignore_fingerprint: bool = False
+) -> dict[str, Any]:
     """`additional_config` for `vllm.LLM`: `LLM(model, additional_config=vllm_config(packs={...}))`.
 
     packs: name -> path of a pack file.

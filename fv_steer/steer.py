@@ -28,14 +28,15 @@ class Offsets:
     residual: dict[int, Float32]
 
 
-def pack_offsets(pack: Pack, *, mode: Mode | None = None, scale: float | None = None,
-                 layer: int | None = None) -> Offsets:
+def pack_offsets(
+    pack: Pack, *, mode: Mode | None = None, scale: float | None = None, layer: int | None = None
+) -> Offsets:
     """The offsets a pack adds; what is None takes the pack's recommendation."""
     recommended = pack.manifest.recommended
     factor = np.float32(recommended.scale if scale is None else scale)
     if (mode or recommended.mode) == "fv":
         return Offsets({}, {recommended.layer if layer is None else layer: factor * pack.fv})
-    return Offsets({l: factor * o.reshape(-1) for l, o in pack.dfv_offsets().items()}, {})
+    return Offsets({index: factor * o.reshape(-1) for index, o in pack.dfv_offsets().items()}, {})
 
 
 def decoder_layers(model: Any) -> Any:

@@ -1,0 +1,1 @@
+"""The offline extractor: runs prompts with HF transformers and writes steering packs."""

@@ -94,8 +94,14 @@ def _register(trace: Trace) -> None:
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
     def attention(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-        attention_mask: torch.Tensor | None, scaling: float, dropout: float = 0.0, **_: Any,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float,
+        dropout: float = 0.0,
+        **_: Any,
     ) -> tuple[torch.Tensor, None]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

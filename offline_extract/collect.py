@@ -35,7 +35,12 @@ class Samples:
 
 
 def collect_samples(
-    loaded: LoadedModel, contexts: Sequence[Context], queries: Sequence[Pair], *, samples: int, fmt: PromptFormat,
+    loaded: LoadedModel,
+    contexts: Sequence[Context],
+    queries: Sequence[Pair],
+    *,
+    samples: int,
+    fmt: PromptFormat,
     progress: Progress,
 ) -> Samples:
     """Run each context's queries until it has its share of rank-1 successes, averaging head outputs at S."""

@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,7 +78,7 @@ class Batch:
 
 def make_batch(sequences: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Batch:
     """Split off the longest common prefix, leaving each row at least one token."""
-    common = len(os.path.commonprefix([tuple(s) for s in sequences]))
+    common = _common_prefix(sequences)
     prefix_len = min(common, min(len(s) for s in sequences) - 1) if len(sequences) > 1 else 0
     rest = [list(s[prefix_len:]) for s in sequences]
     width = max(map(len, rest))
@@ -87,6 +86,15 @@ def make_batch(sequences: Sequence[Sequence[int]], device: torch.device | str = 
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rest], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0) + prefix_len
     return Batch(torch.tensor(list(sequences[0][:prefix_len]), dtype=torch.long, device=device), ids, mask, positions)
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    length = 0
+    for tokens in zip(*sequences, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return length
 
 
 def prefill(model: Any, batch: Batch, *, upto: int | None = None) -> Any:
@@ -150,8 +158,14 @@ def generate(loaded: LoadedModel, sequences: Sequence[Sequence[int]], max_new_to
     mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences], device=loaded.device)
     with torch.no_grad():
         output = loaded.model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad,
-            temperature=None, top_p=None, top_k=None,
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            temperature=None,
+            top_p=None,
+            top_k=None,
         )
     return output[:, width:].tolist()
 
@@ -181,8 +195,3 @@ def expand_cache(cache: Any, rows: int) -> Any:
     repeated = copy.deepcopy(cache)
     repeated.batch_repeat_interleave(rows)
     return repeated
-
-
-def directory_of(name: str) -> Path:
-    """Local directory of a model name."""
-    return resolve_model(name).path

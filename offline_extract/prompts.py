@@ -105,7 +105,13 @@ def _instruction_frames(context: Context, offset: int) -> list[tuple[int, int]]:
 
 
 def make_contexts(
-    source: Source, instructions: Sequence[FramedInstruction], pool: Sequence[Pair], *, shots: int, count: int, seed: int
+    source: Source,
+    instructions: Sequence[FramedInstruction],
+    pool: Sequence[Pair],
+    *,
+    shots: int,
+    count: int,
+    seed: int,
 ) -> list[Context]:
     """`count` contexts of one source; solved examples are drawn from `pool`."""
     rng = random.Random(f"{seed}/contexts/{source}")

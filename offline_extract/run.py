@@ -74,16 +74,20 @@ def extract(settings: ExtractSettings, progress: Progress) -> Pack:
         raise BadInputError(f"--top-k {settings.top_k} is out of range: the model has {n_heads} heads")
     words = split(task.pairs, settings.seed)
     training = part_training(words.train)
-    chosen = choose_source(
-        loaded, task, training, wanted=settings.source, fmt=settings.format, seed=settings.seed
-    )
+    chosen = choose_source(loaded, task, training, wanted=settings.source, fmt=settings.format, seed=settings.seed)
     samples = collect_samples(
         loaded, chosen.contexts, training.queries, samples=settings.samples, fmt=settings.format, progress=progress
     )
     scores = _scores(loaded, samples, settings, chosen.source, progress)
     validation = zero_shot_prompts(loaded, words.validation[:MAX_VALIDATION], settings.format)
     choice = choose_settings(
-        loaded, scores, samples.mean, validation, top_k=settings.top_k, scale=settings.scale, fmt=settings.format,
+        loaded,
+        scores,
+        samples.mean,
+        validation,
+        top_k=settings.top_k,
+        scale=settings.scale,
+        fmt=settings.format,
         progress=progress,
     )
     evaluation = evaluate_arms(
@@ -103,9 +107,8 @@ def _scores(
     )
     if settings.heads_from == "task" or settings.head_selection == "random":
         return own
-    return np.mean([own, *_scores_of_others(loaded, settings, source, progress)], axis=0, dtype=np.float64).astype(
-        np.float32
-    )
+    others = _scores_of_others(loaded, settings, source, progress)
+    return np.stack([own, *others]).mean(axis=0).astype(np.float32)
 
 
 def _scores_of_others(
@@ -121,7 +124,11 @@ def _scores_of_others(
         contexts = contexts_of(source, task, training, settings.seed)
         try:
             samples = collect_samples(
-                loaded, contexts, training.queries[:40], samples=settings.samples, fmt=settings.format,
+                loaded,
+                contexts,
+                training.queries[:40],
+                samples=settings.samples,
+                fmt=settings.format,
                 progress=progress,
             )
         except WeakPackError:
@@ -135,12 +142,20 @@ def _scores_of_others(
 
 
 def evaluate_arms(
-    loaded: LoadedModel, choice: Choice, mean: Float32, contexts: Sequence[Context], pairs: Sequence[Pair],
-    fmt: PromptFormat, seed: int, progress: Progress,
+    loaded: LoadedModel,
+    choice: Choice,
+    mean: Float32,
+    contexts: Sequence[Context],
+    pairs: Sequence[Pair],
+    fmt: PromptFormat,
+    seed: int,
+    progress: Progress,
 ) -> Evaluation:
     """Every arm on the same held-out words."""
     prompts = zero_shot_prompts(loaded, pairs, fmt)
-    random_heads = top_heads(random_scores((loaded.info.n_layers, loaded.info.n_heads), seed, draw=1), len(choice.heads))
+    random_heads = top_heads(
+        random_scores((loaded.info.n_layers, loaded.info.n_heads), seed, draw=1), len(choice.heads)
+    )
     arms = {
         "unsteered": None,
         "dfv": dfv(mean, choice.heads, choice.scale),
@@ -157,8 +172,14 @@ def evaluate_arms(
 
 
 def _assemble(
-    loaded: LoadedModel, task: Task, settings: ExtractSettings, chosen: ChosenSource, samples: Samples,
-    scores: Float32, choice: Choice, evaluation: Evaluation,
+    loaded: LoadedModel,
+    task: Task,
+    settings: ExtractSettings,
+    chosen: ChosenSource,
+    samples: Samples,
+    scores: Float32,
+    choice: Choice,
+    evaluation: Evaluation,
 ) -> Pack:
     import transformers
 
@@ -210,8 +231,15 @@ def check_strength(pack: Pack) -> None:
 
 
 def evaluate_pack(
-    pack: Pack, model: str, *, dataset: Path | None = None, mode: Mode = "dfv", scale: float | None = None,
-    top_k: int | None = None, device: str = "auto", progress: Progress,
+    pack: Pack,
+    model: str,
+    *,
+    dataset: Path | None = None,
+    mode: Mode = "dfv",
+    scale: float | None = None,
+    top_k: int | None = None,
+    device: str = "auto",
+    progress: Progress,
 ) -> Evaluation:
     """Measure a pack again: on its task's own held-out words, or on all words of `dataset`."""
     from fv_steer.pack import check_fits

@@ -11,7 +11,7 @@ from fv_steer.steer import Offsets
 from offline_extract.collect import Progress
 from offline_extract.engine import LoadedModel
 from offline_extract.heads import function_vector, top_heads
-from offline_extract.measure import answer_hits, steered_hits
+from offline_extract.measure import answer_hits, steered_quality
 from offline_extract.prompts import Prompt
 
 TOP_KS = (5, 10, 20, 40)
@@ -44,25 +44,32 @@ def fv_at(vector: Float32, layer: int, scale: float) -> Offsets:
 
 
 def choose_settings(
-    loaded: LoadedModel, scores: Float32, mean: Float32, validation: Sequence[Prompt], *, top_k: int | None,
-    scale: float | None, fmt: PromptFormat, progress: Progress,
+    loaded: LoadedModel,
+    scores: Float32,
+    mean: Float32,
+    validation: Sequence[Prompt],
+    *,
+    top_k: int | None,
+    scale: float | None,
+    fmt: PromptFormat,
+    progress: Progress,
 ) -> Choice:
-    """Best first-token accuracy decides K and scale (ties: the smaller), then layer; whole answers decide `apply`."""
+    """Validation words decide: `steered_quality` K, scale (ties: the smaller) and layer; whole answers `apply`."""
     n_heads = scores.size
     ks = [top_k] if top_k else [k for k in TOP_KS if k <= n_heads]
     scales = [scale] if scale is not None else list(SCALES)
     trials = []
     for k in ks:
         for factor in scales:
-            hits = steered_hits(loaded, validation, dfv(mean, top_heads(scores, k), factor), fmt)
-            trials.append((-sum(hits), factor, k))
+            quality = steered_quality(loaded, validation, dfv(mean, top_heads(scores, k), factor), fmt)
+            trials.append((-quality, factor, k))
             progress("K and scale", len(trials), len(ks) * len(scales))
     _, factor, k = min(trials)
     heads = top_heads(scores, k)
     vector = function_vector(loaded, heads, mean)
     by_layer = []
     for layer in range(loaded.info.n_layers):
-        by_layer.append(sum(steered_hits(loaded, validation, fv_at(vector, layer, factor), fmt)))
+        by_layer.append(steered_quality(loaded, validation, fv_at(vector, layer, factor), fmt))
         progress("FV layer", layer + 1, loaded.info.n_layers)
     offsets = dfv(mean, heads, factor)
     answers = {apply: sum(answer_hits(loaded, validation, offsets, apply)) for apply in _APPLIES}

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packs import make_pack, make_tensors, manifest_dict
 
 from fv_steer import schema
 from fv_steer.errors import PackFormatError, PackMismatchError
 from fv_steer.pack import Pack, check_fits, read_pack, write_pack
 from fv_steer.schema import Manifest
+from packs import make_pack, make_tensors, manifest_dict
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "data" / "golden-v1.safetensors"

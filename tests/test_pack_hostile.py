@@ -1,15 +1,15 @@
 import os
 from pathlib import Path
 
-import hostile
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packs import make_pack
 
+import hostile
 from fv_steer import pack as pack_module
 from fv_steer.errors import BadInputError, PackFormatError
 from fv_steer.pack import Pack, read_pack
+from packs import make_pack
 
 RULES = sorted({case.words for case in hostile.CASES})
 VALID = hostile.pack_bytes()

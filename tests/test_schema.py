@@ -2,11 +2,11 @@ import math
 from typing import Any
 
 import pytest
-from packs import make_pack, manifest_dict
 from pydantic import ValidationError
 
 from fv_steer.errors import SteeringRequestError
 from fv_steer.schema import Manifest, Recommended, SteeringSpec, parse_steering
+from packs import make_pack, manifest_dict
 
 
 def spec(**fields: Any) -> SteeringSpec:

@@ -73,6 +73,7 @@ def test_cached_aie_equals_one_full_forward_per_head():
     ours = indirect_effect(loaded, prompt, mean)
     clean = last_logits(loaded, [prompt.ids]).softmax(-1)[0, 17]
     for layer, head in np.ndindex(3, 4):
+
         def replace(module, args, layer=layer, head=head):
             hidden = args[0].clone()
             hidden[0, -1, head * 8 : head * 8 + 8] = torch.from_numpy(mean[layer, head])

@@ -30,8 +30,15 @@ from fv_steer.errors import BadInputError, WeakPackError
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 @click.option("--allow-weak", is_flag=True, help="Write the pack even if it does no better than its controls.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest and digest as JSON.")
-def command(output: Path, instructions: tuple[str, ...], frames: tuple[str, ...], fmt: str, source: str,
-            as_json: bool, **options: Any) -> None:
+def command(
+    output: Path,
+    instructions: tuple[str, ...],
+    frames: tuple[str, ...],
+    fmt: Any,
+    source: Any,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Extract a steering pack: rank heads, average their outputs, measure on held-out words."""
     if len(instructions) != len(frames):
         raise BadInputError(f"{len(instructions)} --instruction but {len(frames)} --frame: give one frame for each")
@@ -45,7 +52,10 @@ def command(output: Path, instructions: tuple[str, ...], frames: tuple[str, ...]
     pairs = list(zip(instructions, frames, strict=True))
     with_overrides(options["task"], options["dataset"], pairs)
     settings = ExtractSettings(
-        instructions=tuple(pairs), format=fmt, source=None if source == "auto" else source, **options  # type: ignore[arg-type]
+        instructions=tuple(pairs),
+        format=fmt,
+        source=None if source == "auto" else source,
+        **options,
     )
     with progress_reporter() as progress:
         pack = extract(settings, progress)

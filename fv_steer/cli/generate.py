@@ -17,8 +17,17 @@ from fv_steer.cli.common import check_scale, echo_json
 @click.option("--device", default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 @click.argument("prompt")
-def command(model: str, pack_path: Path, scale: float | None, mode: str | None, apply_: str | None,
-            max_new_tokens: int, device: str, as_json: bool, prompt: str) -> None:
+def command(
+    model: str,
+    pack_path: Path,
+    scale: float | None,
+    mode: str | None,
+    apply_: str | None,
+    max_new_tokens: int,
+    device: str,
+    as_json: bool,
+    prompt: str,
+) -> None:
     """Generate greedily from PROMPT with HF transformers, steered."""
     check_scale(scale)
     if not prompt:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from fv_steer.pack import canonical_json
 from fv_steer.schema import FramedInstruction
 
-TRAIN_FRACTION = 0.4
-VALIDATION_FRACTION = 0.2
+TRAIN_FRACTION = 0.35
+VALIDATION_FRACTION = 0.25
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Split:
 
 
 def split(pairs: Sequence[Pair], seed: int) -> Split:
-    """Shuffle and divide `pairs` 40/20/40; the test part takes what rounding leaves over.
+    """Shuffle and divide `pairs` 35/25/40; the test part takes what rounding leaves over.
 
     The result depends on the pairs, their order and `seed` only. Pairs have unique
     inputs, as every loader here ensures, so no input falls in two parts.
