@@ -187,7 +187,9 @@ def _check_layout(source: Path, header: bytes, data_bytes: int) -> None:
         raise PackFormatError(f"{source}: its header is not UTF-8") from None
     except (ValueError, RecursionError):
         raise PackFormatError(f"{source}: its header is not JSON, or nested too deeply") from None
-    spans = [e.get("data_offsets") for k, e in entries.items() if k != "__metadata__" and isinstance(e, dict)]
+    spans: list[Any] = [
+        e.get("data_offsets") for k, e in entries.items() if k != "__metadata__" and isinstance(e, dict)
+    ]
     if not all(isinstance(s, list) and len(s) == 2 and all(type(n) is int for n in s) for s in spans):
         raise PackFormatError(f"{source}: its data offsets are not pairs of integers")
     end = 0
@@ -208,8 +210,8 @@ def _manifest(source: Path, metadata: dict[str, str]) -> Manifest:
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise PackFormatError(
-            f"{source} has pack format version {version and version[:80]!r}; this fv-steer reads version {FORMAT_VERSION!r}: "
-            "upgrade fv-steer"
+            f"{source} has pack format version {version and version[:80]!r}; "
+            f"this fv-steer reads version {FORMAT_VERSION!r}: upgrade fv-steer"
         )
     unknown = sorted(set(metadata) - {"format", "format_version", "manifest"})
     if unknown:

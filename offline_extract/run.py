@@ -29,9 +29,9 @@ from offline_extract.collect import Progress, Samples, collect_samples, score_he
 from offline_extract.engine import LoadedModel, load_model
 from offline_extract.heads import random_scores, top_heads
 from offline_extract.measure import measure_source, measure_steered, zero_shot_prompts
-from offline_extract.prompts import Context
+from offline_extract.prompts import Context, Prompt
 from offline_extract.settings import Choice, choose_settings, dfv, fv_at
-from offline_extract.source import SHOTS, ChosenSource, choose_source, contexts_of, part_training
+from offline_extract.source import SHOTS, ChosenSource, TrainingWords, contexts_of, part_training, usable_sources
 from offline_extract.tasks import Pair, Task, load_dataset, load_task, split, task_names, with_overrides
 
 MAX_VALIDATION = 60
@@ -74,12 +74,47 @@ def extract(settings: ExtractSettings, progress: Progress) -> Pack:
         raise BadInputError(f"--top-k {settings.top_k} is out of range: the model has {n_heads} heads")
     words = split(task.pairs, settings.seed)
     training = part_training(words.train)
-    chosen = choose_source(loaded, task, training, wanted=settings.source, fmt=settings.format, seed=settings.seed)
-    samples = collect_samples(
-        loaded, chosen.contexts, training.queries, samples=settings.samples, fmt=settings.format, progress=progress
-    )
-    scores = _scores(loaded, samples, settings, chosen.source, progress)
     validation = zero_shot_prompts(loaded, words.validation[:MAX_VALIDATION], settings.format)
+    sources = usable_sources(loaded, task, training, wanted=settings.source, fmt=settings.format, seed=settings.seed)
+    drafts = [_draft(loaded, source, training, validation, settings, progress) for source in sources]
+    # max keeps the first of equals, and the sources come in the order of preference.
+    best = max(drafts, key=lambda draft: draft.choice.quality)
+    chosen, samples, scores, choice = best.source, best.samples, best.scores, best.choice
+    evaluation = evaluate_arms(
+        loaded, choice, samples.mean, chosen.contexts, words.test[:MAX_TEST], settings.format, settings.seed, progress
+    )
+    reason = _source_reason(best, drafts)
+    pack = _assemble(loaded, task, settings, chosen, reason, samples, scores, choice, evaluation)
+    if not settings.allow_weak:
+        check_strength(pack)
+    return pack
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What one source gives, before held-out words are looked at."""
+
+    source: ChosenSource
+    samples: Samples
+    scores: Float32
+    choice: Choice
+
+
+def _draft(
+    loaded: LoadedModel,
+    source: ChosenSource,
+    training: TrainingWords,
+    validation: Sequence[Prompt],
+    settings: ExtractSettings,
+    progress: Progress,
+) -> _Draft:
+    def report(stage: str, done: int, total: int) -> None:
+        progress(f"{stage} ({source.source})", done, total)
+
+    samples = collect_samples(
+        loaded, source.contexts, training.queries, samples=settings.samples, fmt=settings.format, progress=report
+    )
+    scores = _scores(loaded, samples, settings, source.source, report)
     choice = choose_settings(
         loaded,
         scores,
@@ -88,15 +123,15 @@ def extract(settings: ExtractSettings, progress: Progress) -> Pack:
         top_k=settings.top_k,
         scale=settings.scale,
         fmt=settings.format,
-        progress=progress,
+        progress=report,
     )
-    evaluation = evaluate_arms(
-        loaded, choice, samples.mean, chosen.contexts, words.test[:MAX_TEST], settings.format, settings.seed, progress
-    )
-    pack = _assemble(loaded, task, settings, chosen, samples, scores, choice, evaluation)
-    if not settings.allow_weak:
-        check_strength(pack)
-    return pack
+    return _Draft(source, samples, scores, choice)
+
+
+def _source_reason(best: _Draft, drafts: Sequence[_Draft]) -> str:
+    """Why the source was chosen, for the user and the manifest."""
+    qualities = ", ".join(f"{d.source.source} {d.choice.quality:.3f}" for d in drafts)
+    return f"{best.source.reason}; steered quality on validation words: {qualities}; chose {best.source.source}"
 
 
 def _scores(
@@ -176,6 +211,7 @@ def _assemble(
     task: Task,
     settings: ExtractSettings,
     chosen: ChosenSource,
+    reason: str,
     samples: Samples,
     scores: Float32,
     choice: Choice,
@@ -190,7 +226,7 @@ def _assemble(
         model=loaded.info,
         recipe=Recipe(
             source=chosen.source,
-            source_reason=chosen.reason,
+            source_reason=reason,
             format=settings.format,
             instructions=[c.instruction for c in chosen.contexts if c.instruction],
             shots=SHOTS if chosen.source != "instruction" else 0,
@@ -266,6 +302,7 @@ def evaluate_pack(
         recommended.layer,
         recommended.apply,
         pack.fv if top_k is None else function_vector(loaded, heads, pack.mean),
+        quality=0.0,
     )
     words = split(pairs, recipe.seed)
     task = Task(pack.manifest.task, "", "", "", tuple(recipe.instructions), pairs)

@@ -15,19 +15,20 @@ from offline_extract.measure import answer_hits, steered_quality
 from offline_extract.prompts import Prompt
 
 TOP_KS = (5, 10, 20, 40)
-SCALES = (1.0, 1.5, 2.0, 3.0)
+SCALES = (1.0, 1.5, 2.0, 3.0, 4.0)
 _APPLIES: tuple[Apply, ...] = ("last", "generation")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The settings a pack recommends."""
+    """The settings a pack recommends, and `steered_quality` on the validation words they were chosen by."""
 
     heads: Int32
     scale: float
     layer: int
     apply: Apply
     fv: Float32
+    quality: float
 
 
 def dfv(mean: Float32, heads: Int32, scale: float) -> Offsets:
@@ -64,7 +65,7 @@ def choose_settings(
             quality = steered_quality(loaded, validation, dfv(mean, top_heads(scores, k), factor), fmt)
             trials.append((-quality, factor, k))
             progress("K and scale", len(trials), len(ks) * len(scales))
-    _, factor, k = min(trials)
+    loss, factor, k = min(trials)
     heads = top_heads(scores, k)
     vector = function_vector(loaded, heads, mean)
     by_layer = []
@@ -74,4 +75,4 @@ def choose_settings(
     offsets = dfv(mean, heads, factor)
     answers = {apply: sum(answer_hits(loaded, validation, offsets, apply)) for apply in _APPLIES}
     apply = max(_APPLIES, key=lambda a: answers[a])
-    return Choice(heads, factor, int(np.argmax(by_layer)), apply, vector)
+    return Choice(heads, factor, int(np.argmax(by_layer)), apply, vector, -loss)

@@ -15,8 +15,8 @@ SHOTS = 5
 #: A source is usable from this many rank-1 successes on (paper, section 4: 20 per instruction).
 MIN_SUCCESSES = 20
 _SCREENED_PER_CONTEXT = 12
-#: The instruction is what the user wants to leave out, so it wins unless another source is clearly better.
-_PREFERENCE = 0.9
+#: A source is worth extracting from if its accuracy is at least this share of the best one's.
+_NEAR_BEST = 0.8
 
 ORDER: tuple[Source, ...] = ("instruction", "instruction+icl", "icl")
 
@@ -37,7 +37,7 @@ def part_training(pairs: Sequence[Pair]) -> TrainingWords:
 
 @dataclass(frozen=True)
 class ChosenSource:
-    """A source, its contexts, its accuracy on the screened words, and why it was chosen."""
+    """A source, its contexts, its accuracy on the screened words, and what the screening found."""
 
     source: Source
     contexts: tuple[Context, ...]
@@ -50,10 +50,10 @@ def contexts_of(source: Source, task: Task, words: TrainingWords, seed: int) -> 
     return tuple(make_contexts(source, task.instructions, words.shots, shots=SHOTS, count=N_CONTEXTS, seed=seed))
 
 
-def choose_source(
+def usable_sources(
     loaded: LoadedModel, task: Task, words: TrainingWords, *, wanted: Source | None, fmt: PromptFormat, seed: int
-) -> ChosenSource:
-    """Screen one source, or (None) all that the task allows, and choose.
+) -> list[ChosenSource]:
+    """Screen one source, or (None) all that the task allows, on training words; those worth extracting from.
 
     Raises WeakPackError if the model does the task with none of them.
     """
@@ -66,7 +66,6 @@ def choose_source(
             queries = words.queries[:_SCREENED_PER_CONTEXT]
             hits += prompt_hits(loaded, [build_prompt(loaded.tokenizer, context, q, fmt) for q in queries], fmt)
         screened.append((sum(hits) / len(hits), sum(hits), source, contexts))
-    best = max(s[0] for s in screened)
     found = ", ".join(f"{s[2]} {s[0]:.2f}" for s in screened)
     usable = [s for s in screened if s[1] >= MIN_SUCCESSES]
     if not usable:
@@ -74,9 +73,9 @@ def choose_source(
             f"{loaded.info.id} cannot do {task.name!r}: top-1 accuracy on training words is {found}; "
             f"at least {MIN_SUCCESSES} successes are needed. Try a larger model or better instructions."
         )
-    accuracy, _, source, contexts = next(s for s in usable if s[0] >= _PREFERENCE * max(u[0] for u in usable))
-    reason = f"training words, top-1: {found}"
-    if wanted is None:
-        clear = "the best" if accuracy == best else f"within {1 - _PREFERENCE:.0%} of the best"
-        reason += f"; chose {source}, {clear}"
-    return ChosenSource(source, contexts, accuracy, reason)
+    enough = _NEAR_BEST * max(s[0] for s in usable)
+    return [
+        ChosenSource(source, contexts, accuracy, f"source prompts on training words, top-1: {found}")
+        for accuracy, _, source, contexts in usable
+        if accuracy >= enough
+    ]

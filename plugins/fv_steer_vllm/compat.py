@@ -7,6 +7,7 @@ than serving unsteered.
 
 import functools
 import importlib
+import logging
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,7 @@ from fv_steer_vllm.settings import Registry, Settings, parse_pack_flags, setting
 SUPPORTED = ("0.32",)
 MIDDLEWARE = "fv_steer_vllm.http.SteeringMiddleware"
 _MARK = "__fv_steer_wrapped__"
+_log = logging.getLogger("vllm.fv_steer")
 
 
 def install() -> None:
@@ -83,9 +85,7 @@ def _add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             metavar="[NAME=]PATH",
             help="A steering pack, or a directory of packs; repeatable.",
         )
-        group.add_argument(
-            "--steering-default", metavar="NAME", help="The pack of requests that do not mention steering."
-        )
+        group.add_argument("--steering-default", metavar="NAME", help="Pack of requests that do not mention steering.")
         group.add_argument("--max-steering-packs", type=int, metavar="N", help="Refuse to start with more packs.")
         group.add_argument(
             "--steering-ignore-fingerprint",
@@ -272,12 +272,8 @@ def _install_in(worker: Any, registry: Registry) -> Steering:
         _drive_v2(runner.model_state, steering)
     else:
         _drive_v1(runner, steering)
-    print_line = f"fv-steer: {len(layers)} layers hooked, {steering.n_rows} rows; packs: " + ", ".join(
-        f"{name}@{pack.digest[:12]}" for name, pack in registry.packs.items()
-    )
-    import logging
-
-    logging.getLogger("vllm.fv_steer").info(print_line)
+    packs = ", ".join(f"{name}@{pack.digest[:12]}" for name, pack in registry.packs.items())
+    _log.info("fv-steer: %d layers hooked, %d rows; packs: %s", len(layers), steering.n_rows, packs)
     return steering
 
 

@@ -4,6 +4,7 @@ The front end resolves once; the scheduler (prefix cache) and the workers then
 need no more than the resolved value, kept under RESOLVED_KEY.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -45,10 +46,8 @@ def requested(extra_args: Mapping[str, Any] | None, registry: Registry) -> list[
             raise SteeringRequestError("steering was given twice: as 'steering' and in flat fields")
         value = args[REQUEST_KEY]
         if isinstance(value, str):
-            try:
+            with contextlib.suppress(ValueError):  # else a bare pack name
                 value = json.loads(value)
-            except ValueError:
-                pass  # a bare pack name
         return registry.resolve(None if value == [] else value)
     return registry.resolve(flat) if flat else registry.default()
 

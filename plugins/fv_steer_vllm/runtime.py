@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from fv_steer.pack import Pack
-from fv_steer_vllm.request import Resolved, steered_range
-from fv_steer_vllm.settings import Registry
+from fv_steer_vllm.request import steered_range
+from fv_steer_vllm.settings import Registry, Resolved
 
 _OFFSET_HEADS = "fv_steer_head_offsets"
 _OFFSET_RESIDUAL = "fv_steer_residual_offsets"

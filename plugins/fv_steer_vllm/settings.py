@@ -1,5 +1,6 @@
 """The plugin's settings and the packs they name, as every process of a server sees them."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,6 @@ def settings_of(additional_config: Any) -> Settings | None:
 
 def parse_pack_flags(values: list[str]) -> dict[str, str]:
     """`--steering-pack` values, `[NAME=]PATH`, as name -> absolute path. A directory stands for every pack in it."""
-    import re
-
     packs: dict[str, str] = {}
     for value in values:
         name, separator, path = value.rpartition("=")
