@@ -55,7 +55,7 @@ class Reference:
                     offset[head] = torch.tensor(pack.mean[layer, head]) * scale
             handles.append(
                 layers[index].self_attn.o_proj.register_forward_pre_hook(
-                    lambda m, a, flat=offset.flatten(): (a[0] + steered * flat,)
+                    lambda m, a, offset=offset: (a[0] + steered * offset.flatten(),)
                 )
             )
         return handles

@@ -133,9 +133,8 @@ def test_chat(client, hf):
                  "extra_body": {"steering": {"pack": "two", "scale": 0.5}}}  # fmt: skip
     prompt = hf.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     whole = client.chat.completions.create(**arguments).choices[0].message.content
-    streamed = "".join(
-        c.choices[0].delta.content or "" for c in client.chat.completions.create(stream=True, **arguments)
-    )
+    chunks = client.chat.completions.create(stream=True, **arguments)
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert whole == streamed == hf("two", prompt, scale=0.5)
 
 
