@@ -11,7 +11,7 @@ from offline_extract.prompts import Context, build_prompt, make_contexts
 from offline_extract.tasks import Pair, Task
 
 N_CONTEXTS = 5
-SHOTS = 5
+SHOTS = 10
 #: A source is usable from this many rank-1 successes on (paper, section 4: 20 per instruction).
 MIN_SUCCESSES = 20
 _SCREENED_PER_CONTEXT = 12
