@@ -187,9 +187,9 @@ def _check_layout(source: Path, header: bytes, data_bytes: int) -> None:
         raise PackFormatError(f"{source}: its header is not UTF-8") from None
     except (ValueError, RecursionError):
         raise PackFormatError(f"{source}: its header is not JSON, or nested too deeply") from None
-    spans: list[Any] = [
-        e.get("data_offsets") for k, e in entries.items() if k != "__metadata__" and isinstance(e, dict)
-    ]
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise PackFormatError(f"{source}: its header holds an entry that describes no tensor")
+    spans: list[Any] = [entry.get("data_offsets") for name, entry in entries.items() if name != "__metadata__"]
     if not all(isinstance(s, list) and len(s) == 2 and all(type(n) is int for n in s) for s in spans):
         raise PackFormatError(f"{source}: its data offsets are not pairs of integers")
     end = 0
@@ -248,7 +248,7 @@ def _check_header(source: Path, file: Any, model: ModelInfo) -> list[str]:
     if missing := sorted(set(expected) - names):
         raise PackFormatError(f"{source}: tensor {missing[0]!r} is missing")
     if unknown := sorted(names - set(expected)):
-        raise PackFormatError(f"{source}: unknown tensor {unknown[0]!r}")
+        raise PackFormatError(f"{source}: unknown tensor {unknown[0][:80]!r}")
     for name, (dtype, shape) in expected.items():
         view = file.get_slice(name)
         found = tuple(view.get_shape())

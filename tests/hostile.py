@@ -160,7 +160,7 @@ def _table() -> list[Case]:
             "manifest is not JSON",
         ),
         Case("offsets-type", lambda: pack_bytes(entries={"fv": {"dtype": "F32"}}), "data offsets"),
-        Case("entry-type", lambda: pack_bytes(entries={"fv": 3}), "is truncated or padded"),
+        Case("entry-type", lambda: pack_bytes(entries={"fv": 3}), "describes no tensor"),
         Case("extra-tensor", lambda: pack_bytes(tensors={"zzz": np.zeros(3, np.float32)}), "unknown tensor 'zzz'"),
         Case("overlap", lambda: _moved("mean", 0, 96), "data offsets"),
         Case("offsets-beyond", lambda: _moved("fv", 2**40, 2**40 + 48), "data offsets"),

@@ -218,7 +218,7 @@ def test_split_is_disjoint_complete_and_deterministic(n: int) -> None:
     parts = split(pairs, 7)
     inputs = [p.input for part in (parts.train, parts.validation, parts.test) for p in part]
     assert sorted(inputs) == sorted(p.input for p in pairs)
-    assert (len(parts.train), len(parts.validation)) == (n * 4 // 10, n * 2 // 10)
+    assert (len(parts.train), len(parts.validation)) == (int(n * 0.35), int(n * 0.25))
     assert len(parts.test) >= 0.4 * n
     assert split(pairs, 7) == parts
     assert split(pairs, 8) != parts
